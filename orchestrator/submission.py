@@ -1,6 +1,5 @@
 """Submit a sweep to a Ray cluster as a job, which goes on when the submitting machine is switched off."""
 
-import glob
 import logging
 import os
 import shlex
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from orchestrator.data.files import matching_files
 from orchestrator.errors import ClusterError, RequestError
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.optional_packages import require_package
@@ -154,12 +154,12 @@ def _copied(source: str | None, folder: Path, part: str) -> str | None:
         copy = shutil.copytree if Path(source).is_dir() else shutil.copyfile
         copy(source, target)
         return f"./{part}/{target.name}"
-    matched = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (the pattern is absolute)
+    matched = matching_files(Path(source))
     if not matched:
         return source
     (folder / part).mkdir()
     for i, file in enumerate(matched):
-        shutil.copyfile(file, folder / part / f"{i:05d}-{Path(file).name}")
+        shutil.copyfile(file, folder / part / f"{i:05d}-{file.name}")
     return f"./{part}/*{Path(source).suffix}"
 
 

@@ -68,14 +68,19 @@ def data_files(path: Path) -> list[Path]:
     if path.is_dir():
         return _files_of_folder(path)
     if GLOB.search(str(path)):
-        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (it skips hidden files, Path.glob does not)
-        files = sorted({file for name in found if (file := Path(name)).is_file()})
+        files = matching_files(path)
         if not files:
             raise DataError(f"{path}: no file matches")
         if strange := [file for file in files if file_kind(file) is None]:
             raise DataError(f"{path}: matches {strange[0].name}, which is of no known kind; use one of {_KINDS}")
         return files
     raise DataError(f"{path}: there is no such data file")
+
+
+def matching_files(pattern: Path) -> list[Path]:
+    """Return the files that match a glob, sorted; none if there is none."""
+    found = glob.glob(str(pattern), recursive=True)  # noqa: PTH207 (it skips hidden files, Path.glob does not)
+    return sorted({file for name in found if (file := Path(name)).is_file()})
 
 
 def _files_of_folder(folder: Path) -> list[Path]:

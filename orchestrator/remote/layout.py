@@ -49,6 +49,7 @@ def rank_of(name: str) -> Rank | None:
     return {
         "result.json": Rank.RESULT,
         "tune-snapshot.zip": Rank.STATE,
+        "tune-snapshot-before.zip": Rank.STATE,
         "sweep.json": Rank.SWEEP,
     }.get(path.name, Rank.RECORD)
 

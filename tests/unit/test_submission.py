@@ -121,6 +121,7 @@ def test_data_files_of_this_machine_travel_with_the_job(server: JobServer, tmp_p
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "a.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     (tmp_path / "parts" / "b.jsonl").write_text('{"question": "r", "answer": "b"}\n')
+    (tmp_path / "parts" / "folder.jsonl").mkdir()
     (tmp_path / "test.jsonl").write_text('{"question": "s", "answer": "c"}\n')
     held_out = {"source": str(tmp_path / "test.jsonl")}
     sources = [f"data.source={tmp_path}/parts/*.jsonl", f"data.held_out={json.dumps(held_out)}"]

@@ -339,7 +339,7 @@ class Steering:
             return
         if name in record.info.added:
             info = record.info.model_copy(update={"added": [each for each in record.info.added if each != name]})
-            write_record(record.paths.sweep, info)
+            write_info(record.paths, info)
             self._record = SweepRecord(record.paths, info)
             sweep.take_over(self._record)
         shutil.rmtree(record.paths.trial(name).root, ignore_errors=True)

@@ -13,6 +13,7 @@ from orchestrator.errors import StorageError
 from orchestrator.record import SweepPaths
 from orchestrator.remote import mirror as module
 from orchestrator.remote.holder import hold
+from orchestrator.remote.layout import is_record
 from orchestrator.remote.mirror import Mirror, TakenOverError, mirroring
 from orchestrator.remote.store import RefusedError, RemoteError, RemoteFolder
 
@@ -62,6 +63,8 @@ def test_what_a_record_names_is_sent_before_it(mirror: Mirror, s3: S3Server) -> 
         "tune-snapshot.zip",
         "sweep.json",
     ]
+    assert not is_record("tune-snapshot.zip")
+    assert not is_record("tune-snapshot-before.zip"), "views pull no state of the search"
     assert [name for name in sent if name in order] == order
     assert sent.index("trials/a/adapters/step-7/adapter_model.safetensors") < sent.index("trials/a/trial.json")
     assert ".driver.lock" not in sent

@@ -6,7 +6,8 @@ import pytest
 from ray.tune.experiment import Trial
 from simulated import ASHA, BAND, PBT, MakeStage, falling, steered
 
-from orchestrator.record import BudgetSpent, TrialState, read_sweep, read_trial, write_record
+from orchestrator.record import BudgetSpent, SweepInfo, TrialState, read_sweep, read_trial, write_record
+from orchestrator.record.checked import read_record
 from orchestrator.record.held import only_paused
 from orchestrator.record.requests import Request, read_answer, unanswered, write_request
 from orchestrator.record.standing import have_ended
@@ -52,14 +53,20 @@ def test_a_trial_stops_at_its_next_evaluation_and_the_searcher_forgets_it(
     assert stage.trial("a").last_result["step"] == 40
 
 
-@pytest.mark.parametrize("scheduler", [NONE, ASHA])
-def test_a_paused_trial_gets_no_slot_until_it_goes_on_also_after_a_resume(
-    scheduler: dict[str, Any], make_stage: MakeStage
-) -> None:
+def with_pause_of_b(make_stage: MakeStage, scheduler: dict[str, Any]) -> Any:
+    """Return a stage with two trials that have slots, of which somebody has asked to pause `b`."""
     stage = steered(make_stage(scheduler, num_slots=2))
     stage.add(a=falling(0), b=falling(0))
     stage.run(turns=3)
     assert answer(stage, "pause", trial_id="b")[0]
+    return stage
+
+
+@pytest.mark.parametrize("scheduler", [NONE, ASHA])
+def test_a_paused_trial_gets_no_slot_until_it_goes_on_also_after_a_resume(
+    scheduler: dict[str, Any], make_stage: MakeStage
+) -> None:
+    stage = with_pause_of_b(make_stage, scheduler)
     stage.run(turns=30)
     assert stage.trial("a").is_finished()
     assert stage.trial("b").status == Trial.PAUSED
@@ -198,10 +205,7 @@ def test_a_sweep_is_extended_once(make_stage: MakeStage) -> None:
 def test_a_stop_while_the_checkpoint_of_a_pause_is_written_is_not_lost(
     scheduler: dict[str, Any], make_stage: MakeStage
 ) -> None:
-    stage = steered(make_stage(scheduler, num_slots=2))
-    stage.add(a=falling(0), b=falling(0))
-    stage.run(turns=3)
-    assert answer(stage, "pause", trial_id="b")[0]
+    stage = with_pause_of_b(make_stage, scheduler)
     b = stage.trial("b")
     while b.trial_id not in stage.conductor.steering.held:
         stage.report(min((t for t in stage.trials if not t.is_saving), key=lambda t: t.last_result.get("step", 0)))
@@ -255,6 +259,7 @@ def test_an_added_trial_that_is_refused_after_a_kill_is_withdrawn(make_stage: Ma
     assert given is not None
     assert "the budget is spent" in given.text
     assert read_sweep(stage.paths.root).info.added == []
+    assert read_record(SweepInfo, stage.paths.sweep_copy).added == []
     assert stage.conductor.steering.num_trials == 1
     assert not stage.paths.trial(request.new_trial).root.exists()
 
