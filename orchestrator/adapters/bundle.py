@@ -87,9 +87,7 @@ def seal(folder: Path, facts: Facts) -> None:
         RecordError: a file is a pickle or a symbolic link.
     """
     refuse_links(folder)
-    sums = {
-        name: FileChecksum(sha256=sha256_of(path), size=path.stat().st_size) for name, path in _files(folder).items()
-    }
+    sums = {name: FileChecksum.of(path) for name, path in _files(folder).items()}
     unsigned = Manifest(facts=facts, files=sums)
     text = (unsigned.model_dump_json(indent=2) + "\n").encode()
     digest = hashlib.sha256(text).hexdigest()

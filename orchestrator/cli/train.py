@@ -326,7 +326,7 @@ def _say_changed_file(console: "Console", record: "SweepRecord") -> None:
 
 def _repair_finished(record: "SweepRecord") -> None:
     """Repair damaged files of a sweep of which nothing is left to run, and print them."""
-    from orchestrator.record import find_damage, repair
+    from orchestrator.record import find_damage
     from orchestrator.record.lock import only_driver
     from orchestrator.record.manifest import folder_fault
 
@@ -335,12 +335,10 @@ def _repair_finished(record: "SweepRecord") -> None:
 
     has_bad_rows = record.paths.data.exists() and folder_fault(record.paths.data)
     if has_bad_rows or any(damage.repair for damage in find_damage(record)):
-        from orchestrator.training.start import restore_rows
+        from orchestrator.training.start import repair_sweep
 
         with only_driver(record.paths):
-            for damage in repair(record):
-                say(f"damaged: {damage}")
-            restore_rows(record, say)
+            repair_sweep(record, say)
 
 
 def _show_finished(record: "SweepRecord") -> None:

@@ -1,16 +1,15 @@
 """Pull a sweep from an object store, with the adapters that are asked for."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from orchestrator.deploy.finished import FinishedSweep
 from orchestrator.errors import RequestError
-from orchestrator.record import SweepPaths, SweepRecord, read_sweep
+from orchestrator.record import SweepPaths, SweepRecord
 from orchestrator.record.absent import read_absent
 from orchestrator.record.pulled import read_pulled
-from orchestrator.remote.pull import pull_below, pull_records
+from orchestrator.remote.pull import pulled_record
 from orchestrator.remote.store import RemoteFolder
 from orchestrator.words import counted
 
@@ -34,11 +33,9 @@ def pull_sweep(
     root, remote = folder.resolve(), RemoteFolder(uri)
     _require_own(root, uri)
     try:
-        pull_records(remote, root)
+        record = pulled_record(remote, root)
     except OSError as error:
         raise RequestError(f"{folder}: cannot be written: {error}", "Name another folder with --to.") from error
-    found = read_sweep(root)
-    record = replace(found, fetch=lambda each: pull_below(remote, root, each))
     yield f"{folder}: records of {counted(len(record.trials()), 'trial')}"
     if rows:
         yield f"{record.rows()}: tokenized rows"

@@ -23,6 +23,7 @@ from orchestrator.record import SweepRecord, TrialResult, TrialState
 from orchestrator.record.files import write_atomic
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.search import RATE
+from orchestrator.user_folders import config_folder
 from orchestrator.words import counted
 
 VARIABLE: Final = "ORCHESTRATOR_PRIORS"
@@ -69,8 +70,7 @@ def library_path(written: str | None = None) -> Path:
     """Return the path of the library: the one that is given, else that of the environment, else the user's own."""
     if found := written or os.environ.get(VARIABLE):
         return Path(found).expanduser()
-    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(config).expanduser() / "orchestrator" / "priors.yaml"
+    return config_folder() / "priors.yaml"
 
 
 def read_library(path: Path) -> list[PriorRow]:

@@ -4,6 +4,7 @@ Readers pass a damaged record over and go on with the others. Views name what is
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,12 +99,17 @@ def _damage_of_sweep(paths: SweepPaths, info: SweepInfo) -> Iterator[Damage]:
 
 def _damage_of_trial(paths: TrialPaths, info: SweepInfo) -> Iterator[Damage]:
     damaged = partial(Damage, trial_id=paths.trial_id)
+    trial, result_fault = None, None
     try:
-        trial = read_trial(paths, info)
-    except DamagedError:
-        trial = None
+        trial = read_own(paths, paths.result)
+    except FileNotFoundError:
+        pass
+    except DamagedError as error:
+        result_fault = error.message
+    if trial is None:
+        with suppress(DamagedError):
+            trial = read_trial(paths, info)
     has_ended = trial is not None and trial.state not in OPEN
-    result_fault = _fault_by(partial(read_own, paths, paths.result))
     if fault := _fault(TrialConfig, paths.config):
         if trial is not None:
             then = "`resume` writes it anew from the trial's other records"

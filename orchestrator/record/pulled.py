@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from orchestrator.errors import RecordError
-from orchestrator.record.files import write_atomic
+from orchestrator.record.checked import read_record, write_record
 from orchestrator.record.models import Record
 from orchestrator.record.paths import SweepPaths
 
@@ -25,19 +23,17 @@ def read_pulled(paths: SweepPaths) -> Pulled | None:
     """Return where a sweep was pulled from; None for a sweep that was not pulled.
 
     Raises:
-        RecordError: the record is damaged.
+        DamagedError: the record is damaged.
     """
     try:
-        return Pulled.model_validate_json(paths.pulled.read_text(encoding="utf-8"))
+        return read_record(Pulled, paths.pulled)
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, ValidationError) as error:
-        raise RecordError(f"{paths.pulled}: the record is damaged or of another version: {error}") from error
 
 
 def write_pulled(paths: SweepPaths, uri: str) -> None:
     """Note in a folder where its sweep is pulled from."""
-    write_atomic(paths.pulled, Pulled(uri=uri).model_dump_json() + "\n")
+    write_record(paths.pulled, Pulled(uri=uri))
 
 
 def require_pulled(paths: SweepPaths, file: Path, what: str, option: str) -> None:

@@ -88,7 +88,6 @@ def write_request(paths: SweepPaths, verb: Verb, **fields: Any) -> Request:
     known = {"name": name, "verb": verb, "asked": time_now(), "by": _who()}
     try:
         request = Request.model_validate(fields | known)
-        request.model_dump_json()
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -96,12 +95,12 @@ def write_request(paths: SweepPaths, verb: Verb, **fields: Any) -> Request:
             f"{verb}: {where}: {first['msg']}",
             f"The verbs are {', '.join(get_args(Verb))}; the fields {', '.join(Request.model_fields.keys() - known)}.",
         ) from error
-    except PydanticSerializationError as error:
-        raise RequestError(f"{verb}: {error}", "Give values of JSON: numbers, strings, booleans, lists.") from error
     file = paths.requests / f"{name}.json"
     try:
         share_folder(paths)
         write_record(file, request)
+    except PydanticSerializationError as error:
+        raise RequestError(f"{verb}: {error}", "Give values of JSON: numbers, strings, booleans, lists.") from error
     except OSError as error:
         raise RecordError(
             f"{file}: cannot be written: {error.strerror}",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from orchestrator.errors import RequestError
 from orchestrator.spec.output_uri import is_uri, uri_fault
+from orchestrator.user_folders import cache_folder
 
 CACHE_VARIABLE = "ORCHESTRATOR_CACHE"
 """Environment variable that names the folder for copies of sweeps. On a cluster, all nodes must share it."""
@@ -57,5 +58,5 @@ def _drivers() -> Path:
 
 
 def _cache() -> Path:
-    named = os.environ.get(CACHE_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "orchestrator"
-    return Path(named).expanduser().resolve()
+    named = os.environ.get(CACHE_VARIABLE)
+    return (Path(named).expanduser() if named else cache_folder()).resolve()

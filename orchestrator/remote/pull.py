@@ -5,10 +5,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from orchestrator.errors import RecordError
-from orchestrator.record import SweepPaths
+from orchestrator.record import SweepPaths, SweepRecord, read_sweep
 from orchestrator.record.pulled import write_pulled
 from orchestrator.record.sweep_record import LAST_PULLED
 from orchestrator.remote.layout import Rank, files_in, is_record, rank_of
@@ -34,6 +35,18 @@ def pull_records(remote: RemoteFolder, root: Path) -> None:
     """
     _pull(remote, root, is_record)
     write_pulled(SweepPaths(root), remote.uri)
+
+
+def pulled_record(remote: RemoteFolder, root: Path) -> SweepRecord:
+    """Pull the records of a sweep and read them. Its rows and adapters are pulled when they are first asked for.
+
+    Raises:
+        RecordError: there is no sweep, or its record cannot be read.
+        RemoteError: the store refuses it, or does not answer.
+    """
+    pull_records(remote, root)
+    record = read_sweep(root)
+    return replace(record, fetch=lambda folder: pull_below(remote, record.paths.root, folder))
 
 
 def pull_below(remote: RemoteFolder, root: Path, folder: Path) -> None:

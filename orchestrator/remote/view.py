@@ -4,14 +4,13 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.errors import RecordError
 from orchestrator.record import SweepRecord, read_sweep
 from orchestrator.record.pulled import read_pulled
 from orchestrator.remote.location import checked_uri, find_uri, pulled_copy
-from orchestrator.remote.pull import pull_below, pull_records
+from orchestrator.remote.pull import pull_records, pulled_record
 from orchestrator.remote.store import RemoteError, RemoteFolder, patiently
 from orchestrator.spec.output_uri import is_uri
 
@@ -31,10 +30,7 @@ def view_sweep(sweep: str | Path, output: str | Path = "runs") -> SweepRecord:
     uri = find_uri(sweep, output)
     if uri is None:
         return read_sweep(sweep, output)
-    remote, root = RemoteFolder(uri), pulled_copy(uri)
-    pull_records(remote, root)
-    record = read_sweep(root)
-    return replace(record, fetch=lambda folder: pull_below(remote, record.paths.root, folder))
+    return pulled_record(RemoteFolder(uri), pulled_copy(uri))
 
 
 def view_output(output: str) -> Path:

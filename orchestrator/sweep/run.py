@@ -16,7 +16,7 @@ from orchestrator.imports import begin
 from orchestrator.priors.evidence import evidence_from, with_evidence
 from orchestrator.priors.library import with_library
 from orchestrator.rate_prior import with_prior
-from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialState, read_sweep, repair
+from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialState, read_sweep
 from orchestrator.record.extend import save_extension
 from orchestrator.record.rows import notes_on_rows
 from orchestrator.remote.mirror import mirroring
@@ -36,7 +36,7 @@ from orchestrator.sweep.workers.fleet import Fleet, compiling_early, start_fleet
 from orchestrator.sweep.workers.worker_client import Workers
 from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults
-from orchestrator.training.start import restore_rows, start_sweep
+from orchestrator.training.start import repair_sweep, start_sweep
 from orchestrator.words import counted
 
 
@@ -126,9 +126,7 @@ def resume_sweep(
         doing("starting Ray and the workers")
         with compiling_early(spec, address), connection(address), start_fleet(spec, address) as fleet:
             require_shared_folder(record.paths.root)
-            for damage in repair(record):
-                say(f"damaged: {damage}")
-            restore_rows(record, say)
+            repair_sweep(record, say)
             save_extension(record)
             with mirroring(record.paths, say):
                 return _drive(record, fleet, watch, say, doing)

@@ -14,6 +14,7 @@ from typing import Final
 
 from orchestrator.errors import RecordError, RequestError
 from orchestrator.record.files import replacing
+from orchestrator.user_folders import config_folder
 
 VARIABLE: Final = "ORCHESTRATOR_STATE_KEY"
 """Environment variable that holds the key itself, for clusters and CI. It goes before the file."""
@@ -26,8 +27,7 @@ _SHORTEST_KEY: Final = 32
 
 def key_file() -> Path:
     """Return the path of the owner's key, for sweeps without a key in the environment."""
-    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(config).expanduser() / "orchestrator" / "state.key"
+    return config_folder() / "state.key"
 
 
 def owner_key() -> bytes:

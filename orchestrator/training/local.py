@@ -7,7 +7,7 @@ from contextlib import suppress
 from orchestrator.base_folder import as_stored
 from orchestrator.errors import RequestError, TrialError
 from orchestrator.imports import importing, leave_out_compiler
-from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialResult, repair
+from orchestrator.record import ExperimentSource, SweepPaths, SweepRecord, TrialResult
 from orchestrator.record.lock import only_driver
 from orchestrator.record.rows import notes_on_rows
 from orchestrator.remote.mirror import mirroring
@@ -18,7 +18,7 @@ from orchestrator.tracking.catch_up import catch_up
 from orchestrator.tracking.servers import require_servers, server_faults
 from orchestrator.training.attempt.watcher import Watcher
 from orchestrator.training.fast.warmup import precompile
-from orchestrator.training.start import restore_rows, start_sweep
+from orchestrator.training.start import repair_sweep, start_sweep
 
 
 def run_local_trial(
@@ -91,9 +91,7 @@ def _run(record: SweepRecord, trial_id: str, watcher: Watcher) -> TrialResult | 
 
     spec, paths = record.info.spec, record.paths
     with only_driver(paths), mirroring(paths, watcher.say):
-        for damage in repair(record):
-            watcher.say(f"damaged: {damage}")
-        restore_rows(record, watcher.say)
+        repair_sweep(record, watcher.say)
         try:
             result = run_trial(spec.trial_config({}), spec, paths.trial(trial_id), paths.data, watcher)
         except TrialError:

@@ -9,7 +9,7 @@ from orchestrator.adapters.row_metrics import try_own_metrics
 from orchestrator.base import load_tokenizer
 from orchestrator.data import prepare, save
 from orchestrator.errors import DataError, RequestError
-from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, SweepRecord, write_info
+from orchestrator.record import ExperimentSource, SweepInfo, SweepPaths, SweepRecord, repair, write_info
 from orchestrator.record.files import building_beside, publish
 from orchestrator.record.manifest import folder_fault
 from orchestrator.record.models import PriorSweep
@@ -19,7 +19,22 @@ from orchestrator.spec.scheduler_effect import require_scheduler_effect
 from orchestrator.training.engines.check_targets import check_targets
 
 
-def restore_rows(record: SweepRecord, say: Callable[[str], None]) -> None:
+def repair_sweep(record: SweepRecord, say: Callable[[str], None]) -> None:
+    """Repair the damaged records of a sweep, and make its rows anew if they are missing or damaged.
+
+    Args:
+        record: the sweep; the caller is its only driver.
+        say: called with a message about each damage.
+
+    Raises:
+        DataError: the sources no longer give the same rows.
+    """
+    for damage in repair(record):
+        say(f"damaged: {damage}")
+    _restore_rows(record, say)
+
+
+def _restore_rows(record: SweepRecord, say: Callable[[str], None]) -> None:
     """Make the rows of a sweep anew from their sources, if their files are missing or damaged.
 
     Args:

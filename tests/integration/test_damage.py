@@ -18,7 +18,7 @@ from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.record import SweepPaths, TrialState, read_sweep, start_of
 from orchestrator.record.faults import read_faults
 from orchestrator.record.manifest import MANIFEST
-from orchestrator.spec import load_spec
+from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.training.local import resume_local_trial, run_local_trial
 from orchestrator.training.start import start_sweep
 from orchestrator.training.trial import run_trial
@@ -138,14 +138,20 @@ def flip(file: Path) -> None:
     file.write_bytes(flipped)
 
 
+def interrupt(spec: SweepSpec, paths: SweepPaths) -> str:
+    """Run a trial up to step 5, and return its id."""
+    with pytest.raises(KeyboardInterrupt):
+        run_local_trial(spec, paths, Witness(die_at=5))
+    (trial_id,) = paths.trial_ids()
+    return trial_id
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_trial_goes_on_from_the_checkpoint_before_a_damaged_one(tiny: Tiny, tmp_path: Path, engine: str) -> None:
     spec = tiny(*SHORT, f"training.engine={engine}", "training.logging_steps=1")
     whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
     undisturbed = run(spec, whole)
-    with pytest.raises(KeyboardInterrupt):
-        run_local_trial(spec, broken, Witness(die_at=5))
-    (trial_id,) = broken.trial_ids()
+    trial_id = interrupt(spec, broken)
     damages: list[tuple[str, Callable[[Path], None], str]] = [
         ("optimizer.pt", Path.unlink, "continued from checkpoint-2"),
         ("trainer_state.json", Path.unlink, "continued from checkpoint-2"),
@@ -176,9 +182,7 @@ def test_without_a_whole_checkpoint_a_trial_begins_anew(tiny: Tiny, tmp_path: Pa
     spec = tiny(*SHORT, "training.logging_steps=1")
     whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
     run(spec, whole)
-    with pytest.raises(KeyboardInterrupt):
-        run_local_trial(spec, broken, Witness(die_at=5))
-    (trial_id,) = broken.trial_ids()
+    trial_id = interrupt(spec, broken)
     paths = broken.trial(trial_id)
     for checkpoint in paths.checkpoints.iterdir():
         flip(checkpoint / "optimizer.pt")
@@ -198,9 +202,7 @@ def test_points_that_are_cut_are_measured_again(tiny: Tiny, tmp_path: Path) -> N
     spec = tiny(*SHORT, "training.logging_steps=1")
     whole, broken = SweepPaths(tmp_path / "whole"), SweepPaths(tmp_path / "broken")
     run(spec, whole)
-    with pytest.raises(KeyboardInterrupt):
-        run_local_trial(spec, broken, Witness(die_at=5))
-    (trial_id,) = broken.trial_ids()
+    trial_id = interrupt(spec, broken)
     metrics = broken.trial(trial_id).metrics
     text = metrics.read_bytes()
     metrics.write_bytes(text[: text.index(b'"step":3') + 20])  # the checkpoint of step 4 has no point left

@@ -44,13 +44,19 @@ def test_an_incomplete_state_is_replaced_by_the_complete_one(tmp_path: Path) -> 
     assert {file.name for file in paths.root.iterdir()} == {"tune", paths.tune_snapshot.name}
 
 
-def test_the_newest_state_is_kept(tmp_path: Path) -> None:
-    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
+def saved_twice(folder: Path) -> SweepPaths:
+    """Return a sweep whose state was saved as `old`, then as `new`."""
+    paths, staging = SweepPaths(folder / "sweep"), folder / "staging"
     paths.tune.mkdir(parents=True)
     staging.mkdir()
     for text in ("old", "new"):
         (staging / "searcher-state-1.pkl").write_text(text)
         save_snapshot(paths, staging, text.encode())
+    return paths
+
+
+def test_the_newest_state_is_kept(tmp_path: Path) -> None:
+    paths = saved_twice(tmp_path)
     assert restore_snapshot(paths) == b"new"
     assert (paths.tune / "searcher-state-0000-restored.pkl").read_text() == "new"
 
@@ -190,12 +196,7 @@ def test_a_full_disk_leaves_the_previous_state_and_no_other_file(
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
-    paths, staging = SweepPaths(tmp_path / "sweep"), tmp_path / "staging"
-    paths.tune.mkdir(parents=True)
-    staging.mkdir()
-    for text in ("old", "new"):
-        (staging / "searcher-state-1.pkl").write_text(text)
-        save_snapshot(paths, staging, text.encode())
+    paths = saved_twice(tmp_path)
     whole, before = paths.tune_snapshot.read_bytes(), paths.tune_snapshot_before.read_bytes()
     for damaged in damaged_texts(whole, step=1):
         paths.tune_snapshot.write_bytes(damaged)
